@@ -1,0 +1,1 @@
+"""The program on the test host: command line, runs, store, reports."""

@@ -1,0 +1,1 @@
+"""What the serial console says: printk lines and crashes."""

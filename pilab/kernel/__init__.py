@@ -1,0 +1,1 @@
+"""Building modules and reading what was built: headers, kbuild, preflight, symbols."""

@@ -1,0 +1,1 @@
+"""The QEMU Pi: packages, image, machine, qtest, snapshots."""
