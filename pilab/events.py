@@ -215,6 +215,25 @@ class VerdictGiven(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClockMapped(Event):
+    """
+    The DUT's clocks were compared with the host's.
+
+    Args:
+        offset_ns: Host time minus the DUT's CLOCK_MONOTONIC.
+        error_ns: That offset is right within plus or minus this.
+        printk_offset_ns: Host time minus printk's own time.
+        printk_error_ns: That one's error.
+    """
+
+    kind: ClassVar[str] = "clock"
+    offset_ns: int
+    error_ns: int
+    printk_offset_ns: int
+    printk_error_ns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Note(Event):
     """
     Something worth knowing of the bench itself.
@@ -237,6 +256,7 @@ KINDS: dict[str, type[Event]] = {
         CrashSeen,
         ExperimentStarted,
         VerdictGiven,
+        ClockMapped,
         Note,
     )
 }
