@@ -234,6 +234,25 @@ class ClockMapped(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleBuilt(Event):
+    """
+    A module that this run is going to load.
+
+    Args:
+        name: The module's name.
+        kernel: Series of the kernel it was built for.
+        sha256: Of the unstripped .ko, hex.
+        path: That file, in the cache.
+    """
+
+    kind: ClassVar[str] = "module"
+    name: str
+    kernel: str
+    sha256: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Note(Event):
     """
     Something worth knowing of the bench itself.
@@ -257,6 +276,7 @@ KINDS: dict[str, type[Event]] = {
         ExperimentStarted,
         VerdictGiven,
         ClockMapped,
+        ModuleBuilt,
         Note,
     )
 }

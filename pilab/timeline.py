@@ -63,6 +63,11 @@ class Timeline:
             if sink in self._sinks:
                 self._sinks.remove(sink)
 
+    def forget(self) -> None:
+        """Drop the events in memory; marks taken before are void. Sinks have them all."""
+        with self._changed:
+            self._events.clear()
+
     def mark(self) -> int:
         """Return the position after the newest event, for `since` and `wait`."""
         with self._changed:
