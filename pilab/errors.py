@@ -292,9 +292,9 @@ class DutOSError(ModuleFaultError, OSError):
     def __init__(self, call: str, subject: str, errno: int) -> None:
         self.call = call
         self.subject = subject
-        self.errno = errno
         self.errno_name = errno_names.errorcode.get(errno, str(errno))
         super().__init__(f"{call} {subject}: {self.errno_name} ({os.strerror(errno).lower()})")
+        self.errno = errno  # after OSError's own __init__, which clears it
 
     def __str__(self) -> str:
         return self.message
