@@ -1,0 +1,1 @@
+"""What is fetched and kept: the cache, Debian packages, kernels."""
